@@ -25,6 +25,7 @@ from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind
 from tests.helpers.command_line import Ckpt, environment
+from tests.helpers.profiles import short
 from tests.helpers.training import train_on
 
 
@@ -243,7 +244,7 @@ def test_a_full_disk(room: int, ckpt_process: Ckpt, tmp_path: Path, run_files: l
         subprocess.run(["umount", str(mount)], check=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", short([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_an_interrupted_commit_leaves_the_repository_unchanged(
     number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from ckptvcs.cli.app import COMMANDS, app
 from ckptvcs.cli.completion import VALUES, attach, join
 from ckptvcs.cli.examples import EXAMPLES
 from tests.helpers.command_line import Ckpt, environment
+from tests.helpers.profiles import short
 
 START = "import sys; sys.argv = ['ckpt']; from ckptvcs.__main__ import main; main()"
 LOADED = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {START}"
@@ -59,32 +60,32 @@ def test_the_help_shows_the_examples(ckpt: Ckpt) -> None:
     assert all(f"\n  {line}\n" in shown for line in EXAMPLES["cat"])
 
 
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        (["show", "mai"], ["main"]),
-        (
-            ["show", ""],
-            ["main", "v1", "HEAD", "latest", "latest-good", "best:", "5", "4", "3", "2", "1"],
-        ),
-        (["average", "1..l"], ["1..latest", "1..latest-good"]),
-        (["drop", "1", "v"], ["v1"]),
-        (["show", "best", ":", "lo"], ["loss:min", "loss:max"]),
-        (["tag", "-d", ""], ["v1"]),
-        (["commit", "model.pt", "--branch", ""], ["main"]),
-        (["commit", "model.pt", "--branch", "=", "m"], ["main"]),
-        (["commit", "--codec", "e"], ["excp", "excp-max"]),
-        (["note", "1", "--metric", "lo"], ["loss="]),
-        (["diff", "--only", "opt"], ["optimizer"]),
-        (["log", "--sort", ""], ["step", "time", "size", "loss"]),
-        (["config", "keep-e"], ["keep-exact"]),
-        (["config", "best-fidelity", ""], ["exact", "weights", "near"]),
-        (["help", "ave"], ["average"]),
-        (["cat", "v1", ":", "model.0.w"], ["model.0.weight"]),
-        (["ls", "HEAD", "--only", "m"], ["model"]),
-        (["show", "nothing"], []),
-    ],
-)
+_VALUES: list[tuple[list[str], list[str]]] = [
+    (["show", "mai"], ["main"]),
+    (
+        ["show", ""],
+        ["main", "v1", "HEAD", "latest", "latest-good", "best:", "5", "4", "3", "2", "1"],
+    ),
+    (["average", "1..l"], ["1..latest", "1..latest-good"]),
+    (["drop", "1", "v"], ["v1"]),
+    (["show", "best", ":", "lo"], ["loss:min", "loss:max"]),
+    (["tag", "-d", ""], ["v1"]),
+    (["commit", "model.pt", "--branch", ""], ["main"]),
+    (["commit", "model.pt", "--branch", "=", "m"], ["main"]),
+    (["commit", "--codec", "e"], ["excp", "excp-max"]),
+    (["note", "1", "--metric", "lo"], ["loss="]),
+    (["diff", "--only", "opt"], ["optimizer"]),
+    (["log", "--sort", ""], ["step", "time", "size", "loss"]),
+    (["config", "keep-e"], ["keep-exact"]),
+    (["config", "best-fidelity", ""], ["exact", "weights", "near"]),
+    (["help", "ave"], ["average"]),
+    (["cat", "v1", ":", "model.0.w"], ["model.0.weight"]),
+    (["ls", "HEAD", "--only", "m"], ["model"]),
+    (["show", "nothing"], []),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), short(_VALUES, _VALUES[::4]))
 def test_values_are_completed(words: list[str], wanted: list[str], history: Path) -> None:
     Repo.open(history).tag("v1", 3)
     assert complete(history, *words) == wanted

@@ -166,10 +166,11 @@ os.execv(sys.executable, [sys.executable, "-m", "ckptvcs", *sys.argv[1:]])
 @pytest.mark.parametrize(
     "numbers",
     [
-        (0,),
-        (1,),
         (0, 1, 2),
-        *(pytest.param(closed, marks=pytest.mark.slow) for closed in ((2,), (0, 1), (1, 2))),
+        *(
+            pytest.param(closed, marks=pytest.mark.slow)
+            for closed in ((0,), (1,), (2,), (0, 1), (1, 2))
+        ),
     ],
 )
 def test_streams_that_were_closed(run: Path, numbers: tuple[int, ...]) -> None:

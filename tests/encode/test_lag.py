@@ -12,7 +12,6 @@ import torch
 
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from tests.helpers.profiles import short
 from tests.helpers.states import adam_state
 
 LENGTH = 200
@@ -79,7 +78,8 @@ def difference(one: Weights, other: Weights) -> float:
     return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one)
 
 
-@pytest.mark.parametrize(("move", "codec"), short(CASES, [("a frozen layer", "near:step=4")]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("move", "codec"), CASES)
 def test_the_lag_does_not_grow(move: str, codec: str, tmp_path: Path) -> None:
     repo, draw = Repo.init(tmp_path, codec=codec), torch.Generator().manual_seed(0)
     repo.configure("keep-exact", "0")

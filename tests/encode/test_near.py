@@ -18,6 +18,7 @@ from ckptvcs.errors import ConflictError
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
+from tests.helpers.profiles import short
 from tests.helpers.states import State, adam_state, moved, weights
 from tests.spec_reader import SpecRepository
 
@@ -104,7 +105,7 @@ def nmse(true: torch.Tensor, back: torch.Tensor, base: torch.Tensor | None = Non
     return float((back.double() - true.double()).square().sum() / change.square().sum())
 
 
-@pytest.mark.parametrize("codec", ["near", "near:step=4,zone=0.66"])
+@pytest.mark.parametrize("codec", short(["near", "near:step=4,zone=0.66"], ["near"]))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_near_commits_of_each_optimizer_are_close(name: str, codec: str, near: Repo) -> None:
     before: State | None = None

@@ -13,12 +13,7 @@ from tests.corpus.optimizers import ENTRIES, run_of
 from tests.corpus.outcome import ALL_LAYOUTS, pairs, ratio_of, try_out
 from tests.helpers.profiles import short
 
-FEW = [
-    ("AdamW", "objects"),
-    ("AdamW", "zero 3"),
-    ("Lion", "trainer"),
-    ("RMSprop momentum", "lightning"),
-]
+FEW = [("AdamW", "zero 3"), ("Lion", "trainer")]
 """What the short profile tries."""
 
 SHRINKING = [
