@@ -23,7 +23,7 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ckptvcs.errors import ConflictError, CorruptionError
+from ckptvcs.errors import ConflictError, CorruptionError, StorageError
 from ckptvcs.parallel import Pool
 from ckptvcs.store import disk
 from ckptvcs.store.backend import Trace
@@ -57,6 +57,9 @@ def _background(process: int) -> Pool:
     pool = Pool(1)
     atexit.register(pool.shutdown)  # complete all deletions
     return pool
+
+
+_TRIES = 3
 
 
 class LocalBackend:
@@ -218,7 +221,14 @@ class LocalBackend:
         self._sync_folders(below)
 
     def replace(self, name: str, data: bytes) -> None:
-        disk.replace(self.root / name, data, self.root / "tmp")
+        for attempt in range(_TRIES):
+            try:
+                disk.replace(self.root / name, data, self.root / "tmp")
+                return
+            except StorageError as error:
+                # gc may delete the temporary file of a caller without a lease: try again.
+                if attempt + 1 == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
 
     def cache(self, name: str, data: bytes) -> None:
         path, temporary = self.root / name, self.root / "tmp" / os.urandom(16).hex()

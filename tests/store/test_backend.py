@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import StorageError
+from ckptvcs.store import disk
 from ckptvcs.store.backend import Backend, write_once
 from ckptvcs.store.local import LocalBackend
 from tests.helpers.faults import Steps
@@ -30,6 +31,25 @@ class TestLocalBackend(BackendContract):
         link = order.index("link")
         assert order.index("write") < order.index("sync") < link
         assert "sync_folder" in order[link:]
+
+    def test_a_replacement_survives_a_gc_that_deletes_its_temporary_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend = LocalBackend(tmp_path)
+        backend.replace("format", b"old")
+        real = disk.rename
+        lost: list[Path] = []
+
+        def rename(old: Path, new: Path) -> None:
+            if not lost:
+                lost.append(old)
+                old.unlink()
+            real(old, new)
+
+        monkeypatch.setattr(disk, "rename", rename)
+        backend.replace("format", b"new")
+        assert lost
+        assert backend.read("format") == b"new"
 
 
 class TestMemoryBackend(BackendContract):
