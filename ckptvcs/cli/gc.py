@@ -128,10 +128,11 @@ class _Flags:
 
 
 def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
+    archive = flags.archive or None  # None: as the settings say
     archives = flags.archive or repo.setting("archive-after") != "off"
     if flags.dry_run:
         with render.progress("archiving" if archives else "planning", None) as tick:
-            plan = repo.plan_gc(policy, now=flags.now, archive=flags.archive, progress=tick)
+            plan = repo.plan_gc(policy, now=flags.now, archive=archive, progress=tick)
         _tell(repo, plan, flags)
         return
     ask = ask and not flags.json and render.can_ask()
@@ -146,19 +147,25 @@ def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
             sweep=flags.sweep,
             now=flags.now,
             rekey=flags.rekey,
-            archive=flags.archive,
+            archive=archive,
             progress=tick,
         )
     _tell(repo, plan, flags, table=archives or not ask)
 
 
 def _asked(repo: Repo, policy: Policy, *, archives: bool, now: bool) -> str | None:
-    """Show what gc will do, and return what to ask; None if it takes nothing for good."""
-    if archives:  # a plan takes as long as the archiving itself
-        return "archive commits, and delete their near form for good?" if now else None
-    plan = repo.plan_gc(policy, now=now)
+    """Show what gc will do, and return what to ask; None if it takes no commit.
+
+    The archived forms are not made for that: it would take as long as the archiving itself.
+    """
+    policy = policy.without_drops if archives else policy
+    plan = repo.plan_gc(policy, now=now, archive=False)
     _show(plan)
-    return _question(repo, plan, now=now)
+    question = _question(repo, plan, now=now)
+    if archives and now:
+        archiving = "archive commits, and delete their near form for good"
+        return f"{archiving}, and {question}" if question else f"{archiving}?"
+    return question
 
 
 def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
@@ -166,7 +173,7 @@ def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
     dropped = sum(row.action != "keep" for row in plan.decisions)
     deleted = len(plan.abandoned)
     if now:
-        deleted += dropped + len(repo.plan_gc().waiting)
+        deleted += dropped + len(repo.plan_gc(archive=False).waiting)
     texts = [f"delete the data of {counted(deleted, 'commit')} for good"] if deleted else []
     if dropped and not now:
         texts.append(f"drop {counted(dropped, 'commit')}, which undo can restore for {grace(repo)}")

@@ -127,9 +127,7 @@ class ChainReader:
             return Link(_NO_BUNDLE, empty, dtype, (), decoded)
         for end in (place.first, place.last):
             chain = self._chain(self._catalog.frame_place(*end), dtype, end)
-            if dtype.name not in WEIGHT_DTYPES or {link.type.name for link in chain} != {
-                dtype.name
-            }:
+            if dtype.name not in WEIGHT_DTYPES or any(link.type != dtype for link in chain):
                 raise CorruptionError(f"{info.name} is interpolated between other types")
             chains.append(chain)
         return Link(
@@ -343,9 +341,7 @@ class ChainReader:
         """Decode a slice of two chains of one word size; decode common frames once."""
         word, shared = a[-1].type.word, _shared(a, b)
         (one, first), (other, second) = (_start(chain, number, word, None) for chain in (a, b))
-        if (
-            shared and first <= shared and second <= shared
-        ):  # both continue from the last common frame
+        if shared and max(first, second) <= shared:  # both continue from the last common frame
             words, at = (one, first) if first >= second else (other, second)
             common = self._extend(a[at:shared], number, count, words)
             one, other, first, second = common, common, shared, shared

@@ -152,16 +152,17 @@ class Archiver:
             infos = [restorer.schema.tensors[number] for number in row]
             hashes = self._catalog.all_values(state.values, len(row))
             with ExitStack() as stack:
-                takers = [stack.enter_context(self._recent.room(state.values, infos, hashes))]
-                if starts and part == "model":
-                    base = BaseWriter(self._bases, infos)
+                put = stack.enter_context(self._recent.room(state.values, infos, hashes))
+                base = BaseWriter(self._bases, infos) if starts and part == "model" else None
+                if base is not None:
                     stack.callback(base.abort)
-                    takers.append(base.write)
                 for position, info in enumerate(infos):
                     for number, words in restorer.chain.slices(state.values, position, info):
-                        for put in filter(None, takers):
+                        if put is not None:
                             put(position, number, words)
-                if len(takers) > 1:
+                        if base is not None:
+                            base.write(position, number, words)
+                if base is not None:
                     base.finish(state.values)
             table = restorer.place(row[0])[0]
             if table != state.values:  # the exact form
@@ -265,7 +266,7 @@ class Archiver:
     def _tensor(self, number: int, ends: Ends, before: Restorer, rows: list[Row]) -> None:
         """Find the hash and the place of a tensor in each row; measure the errors of weights."""
         info = before.schema.tensors[number]
-        near = {row.name: row.near_place(number) for row in (rows)}
+        near = {row.name: row.near_place(number) for row in rows}
         one, other = (ends.value(number, end) for end in (0, 1))
         can_lose = info.role in LOSSY and can_be_lossy(info.dtype)
         moving: list[Row] = []
@@ -274,7 +275,7 @@ class Archiver:
             row.hashes[number], row.places[number] = value, self._catalog.place(*near[row.name])
             if row.share == 1:
                 row.hashes[number], row.places[number] = other, ends.place(number, 1)
-            elif can_lose and (one in (value, other)):
+            elif can_lose and one in (value, other):
                 row.hashes[number], row.places[number] = one, ends.place(number, 0)
             elif can_lose:
                 moving.append(row)
@@ -335,7 +336,7 @@ class Archiver:
             )
 
     def _archived(self, row: Row, first: Point, last: Point, previous: Row) -> Archived:
-        """Return the row of the record for a commit, and store its tables if it is no anchor."""
+        """Return the row of the record for a commit; store the tables of an interpolated one."""
         error = row.report(previous)
         if row.name == last.name:
             parts = {

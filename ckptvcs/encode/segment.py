@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(eq=False)
 class Row:
-    """A commit of a segment: its share of the way, and what is known of its archived form.
+    """A commit of a segment: its share of the way, and the hashes and places of its archived form.
 
     `errors` are those of the archived form against the form that is read now; `residual` there is
     the distance from the commit before.
@@ -61,11 +61,10 @@ class Row:
         _, position = self.source.place(number)
         return self.commit.parts[self.source.schema.tensors[number].part].values, position
 
-    @property
-    def own_error(self) -> float:
-        """The energy of the error of the form that is read now."""
+    def own_error(self, energy: float) -> float:
+        """Return the energy of the error of the form that is read now; weights have `energy`."""
         exact = self.source.fidelity.get("model") == "exact"
-        return 0.0 if exact else self.commit.error.weight_rel**2 * self.errors.energy
+        return 0.0 if exact else self.commit.error.weight_rel**2 * energy
 
     def changed(self, parts: Mapping[str, ObjectId]) -> dict[str, ObjectId]:
         """Return the parts that are near now and have other values in the archived form."""
@@ -83,13 +82,14 @@ class Row:
         energies, which is what independent errors add up to.
         """
         sums, near = self.errors, self.commit.error
-        total = sums.error + self.own_error
+        own_error = self.own_error(sums.energy)
+        total = sums.error + own_error
         if near.lag:
             movement = near.weight_rel**2 * sums.energy / near.lag
         else:
-            known = self.own_error + previous.commit.error.weight_rel**2 * sums.energy
+            known = own_error + previous.own_error(sums.energy)
             movement = movement_share(sums.residual, known) * sums.residual
-        own = near if self.own_error else ErrorReport()
+        own = near if own_error else ErrorReport()
         rel = own.weight_rel + (math.sqrt(sums.error / sums.energy) if sums.energy else 0.0)
         lag = total / movement if movement else None
         return ErrorReport(rel, lag or 0.0, lag or 0.0, 1.0, sums.largest + own.max_abs, lag)
@@ -108,7 +108,7 @@ class Ends:
         model = [schema.tensors[number] for number in schema.stored("model")]
         for point in points:
             state = point.form.parts.get("model")
-            if state is not None:
+            if state is not None and catalog.store.contains(state.values):
                 found = find_decoded(catalog, bases, None, state.values, model)
                 self._decoded[state.values] = found
 

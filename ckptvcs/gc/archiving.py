@@ -11,12 +11,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import ArchivedState, Commit
-from ckptvcs.history.recipe import Between
+from ckptvcs.history.commit import ArchivedState
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import ObjectId
 
@@ -69,11 +68,7 @@ class Pathfinder:
     ) -> None:
         """`kept` commits stay as they are."""
         self._catalog, self._rule = catalog, rule
-        hidden = catalog.dropped().commits
-        reachable = revisions.visible()
-        self._commits: Mapping[ObjectId, Commit] = {
-            name: commit for name, commit in reachable.items() if name not in hidden
-        }
+        self._commits = revisions.visible()
         self._parents = {name: self._above(name) for name in self._commits}
         self._children: defaultdict[ObjectId, list[ObjectId]] = defaultdict(list)
         for name, parent in self._parents.items():
@@ -135,23 +130,17 @@ class Pathfinder:
         )
 
     def _is_near(self, start: ObjectId, name: ObjectId) -> bool:
-        """Return whether two commits have the same tensors, without values that are not finite."""
+        """Return whether two commits have the same tensors, without values that are not finite.
+
+        Nothing starts or ends at an interpolated commit.
+        """
         one, other = self._commits[start], self._commits[name]
         if one.schema != other.schema or one.nonfinite or other.nonfinite:
             return False
-        gone = self._catalog.dropped().parts
-        if (
-            gone.get(start, frozenset()) & one.parts.keys()
-            != gone.get(name, frozenset()) & other.parts.keys()
-        ):
-            return False
-        return not self._is_between(one) and one.parts.keys() == other.parts.keys()
+        form = self._catalog.archived().get(start)
+        is_between = form is not None and bool(form.between)
+        return not is_between and self._parts(start) == self._parts(name)
 
-    def _is_between(self, commit: Commit) -> bool:
-        """Return whether a commit is interpolated, so that nothing can start or end there."""
-        return any(
-            isinstance(self._catalog.place(state.values, position), Between)
-            for state in commit.parts.values()
-            if isinstance(state, ArchivedState)
-            for position in range(len(self._catalog.recipe(state.values).frames))
-        )
+    def _parts(self, name: ObjectId) -> Set[str]:
+        """Return the parts of a commit that are not dropped."""
+        return self._commits[name].parts.keys() - self._catalog.dropped().parts.get(name, set())

@@ -185,6 +185,11 @@ class Policy:
         return self.rekey or bool(self.named)
 
     @property
+    def without_drops(self) -> Policy:
+        """The rules that apply beside archiving, which takes the place of drops."""
+        return Policy(optimizer_last=self.optimizer_last, rekey=self.rekey)
+
+    @property
     def why_dropped(self) -> str:
         """The reason of a drop."""
         return BY_NAME if self.named else "no rule keeps it"

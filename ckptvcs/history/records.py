@@ -1,4 +1,4 @@
-"""Records: what gc let go of, written durably before anything is deleted.
+"""Records of what gc deletes or replaces, written durably before anything is deleted.
 
     fade      parts that lose their exact patch
     drop      commits, or parts of commits

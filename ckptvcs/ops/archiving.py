@@ -82,7 +82,7 @@ def preview(repository: Repository, policy: Policy, time: str, progress: Progres
                     work.catalog, folder / "bases", work.config.keyframe_depth, progress
                 )
                 rekeyer.run(visible, work.catalog.dropped().parts, always=False)
-            plan = work.collector().plan(Policy(), time)
+            plan = work.collector().plan(policy.without_drops, time)
             archived = () if record is None else record.archived
             freed = before - plan.kept_bytes
             return replace(plan, freed_bytes=freed, archived=archived)

@@ -30,11 +30,11 @@ def plan(
     policy: Policy,
     *,
     now: bool = False,
-    archive: bool = False,
+    archive: bool | None = None,
     progress: Progress = quiet,
 ) -> GcPlan:
     """Return what `collect` would do now; raises the same errors."""
-    if archive or archives(repository):
+    if archives(repository) if archive is None else archive:
         return archiving.preview(repository, policy, current_time(), progress)
     return _collector(repository, now=now).plan(policy, current_time())
 
@@ -46,13 +46,13 @@ def collect(
     sweep: bool = True,
     now: bool = False,
     rekey: bool = False,
-    archive: bool = False,
+    archive: bool | None = None,
     progress: Progress = quiet,
 ) -> GcPlan:
     """Collect garbage; see `Repo.gc`."""
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
-    archive = archive or archives(repository)
+    archive = archives(repository) if archive is None else archive
     policy = replace(policy, rekey=rekey)
     return _Collection(repository, policy, progress, sweep, now, archive).run()
 
@@ -177,8 +177,7 @@ class _Collection:
                 record = archiving.archive(
                     self._repository, self._policy, mark, time, self._progress, self._direct
                 )
-                rules = self._policy
-                self._policy = Policy(optimizer_last=rules.optimizer_last, rekey=rules.rekey)
+                self._policy = self._policy.without_drops
                 self._archive = False
             rekey = self._sweep and (self._policy.asks_rekey or collector.owes_rekey(time))
             work = Sweep(collector, catalog, mark)

@@ -369,7 +369,7 @@ class HistoryReader:
         policy: Policy = NO_RULES,
         *,
         now: bool = False,
-        archive: bool = False,
+        archive: bool | None = None,
         progress: Progress = quiet,
     ) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
@@ -379,8 +379,8 @@ class HistoryReader:
         Args:
             policy: The retention rules; the default keeps every commit.
             now: Delete data without the grace period, as `gc(now=True)` does.
-            archive: Archive old commits, as `gc(archive=True)` does.  Their archived forms are made
-                in a temporary folder, and the sizes are those after all grace periods.
+            archive: Archive old commits, as `gc` does with the same value.  Their archived forms
+                are made in a temporary folder, and the sizes are those after all grace periods.
             progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:

@@ -213,7 +213,7 @@ class HistoryWriter(Reader):
         sweep: bool = True,
         now: bool = False,
         rekey: bool = False,
-        archive: bool = False,
+        archive: bool | None = None,
         progress: Progress = quiet,
     ) -> GcPlan:
         """Drop the commits that no rule keeps, and delete unreferenced data.
@@ -232,6 +232,7 @@ class HistoryWriter(Reader):
                 chain to the settings.
             archive: Archive old commits by the settings `archive-after`, `archive-every` and
                 `archive-lag`. Commits that no rule of `policy` keeps are archived, not dropped.
+                None archives if the setting `archive-after` is a number.
             progress: Called with the number of bytes that were read or written since its last call.
 
         Returns:

@@ -51,7 +51,7 @@ def placed(steps: Iterable[int | None], branches: list[Branch]) -> Iterator[Bran
 
 
 class Item(Protocol):
-    """A checkpoint of the folder: its step, what is done with it, and its commit."""
+    """A checkpoint of the folder, the action of the import on it, and its commit."""
 
     found: Found
     action: str

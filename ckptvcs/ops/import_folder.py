@@ -160,17 +160,21 @@ class Importer:
         """
         branches = self._branching.present()
         for item in self.items:
-            counted = _ItemProgress(item.found.size_bytes, progress)
-            try:
-                self._commit_new(item, branches, counted)
-            except StorageError as error:
-                if is_full(error):
-                    error.hint = "add --delete-originals, which frees room for the next commit"
-                raise
-            if item.id is not None:
-                self._prove(item, item.id, counted)
-            counted.fill(_PASSES)
+            self._add(item, branches, progress)
             watch(item)
+
+    def _add(self, item: ImportItem, branches: list[Branch], progress: Progress) -> None:
+        """Commit an item that is new, and verify its commit."""
+        counted = _ItemProgress(item.found.size_bytes, progress)
+        try:
+            self._commit_new(item, branches, counted)
+        except StorageError as error:
+            if is_full(error):
+                error.hint = "add --delete-originals, which frees room for the next commit"
+            raise
+        if item.id is not None:
+            self._prove(item, item.id, counted)
+        counted.fill(_PASSES)
 
     def run_and_remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
         """Commit and verify one checkpoint, delete its originals, and go on to the next one.
@@ -211,7 +215,7 @@ class Importer:
 
         The settings `archive-every` and `archive-lag` apply.  The newest commits stay exact or
         near, by `keep-exact` and `archive-after`.  A few commits at a time keep the exact patches
-        that the archiving needs.
+        that the archiving needs.  Commits from before the import stay as they are.
 
         Args:
             delete: Delete the originals that `accept_near` allows, once they are archived.
@@ -230,8 +234,9 @@ class Importer:
         branches, waiting = self._branching.present(), list[ImportItem]()
 
         def settle() -> list[ImportItem]:
-            names = {item.id for item in self.items if item.id is not None}
-            archive_directly(self.repo, names)
+            new = [item.id for item in self.items if item.action == "committed" and item.id]
+            if new:
+                archive_directly(self.repo, set(new))
             archived = self.repo.catalog.archived()
             done = [item for item in waiting if item.id in archived or item.id is None]
             for item in done:
@@ -240,11 +245,7 @@ class Importer:
 
         try:
             for item in self.items:
-                counted = _ItemProgress(item.found.size_bytes, progress)
-                self._commit_new(item, branches, counted)
-                if item.id is not None:
-                    self._prove(item, item.id, counted)
-                counted.fill(_PASSES)
+                self._add(item, branches, progress)
                 waiting.append(item)
                 if len(waiting) > _WINDOW * rule.every + rule.after:
                     waiting = settle()

@@ -223,6 +223,26 @@ def test_a_dropped_optimizer_stays_dropped(repo: Repo) -> None:
     assert not repo.verify().damage
 
 
+def test_archiving_goes_on_after_optimizers_were_dropped(repo: Repo) -> None:
+    repo.configure("archive-after", "4")
+    repo.gc(now=True, archive=True)
+    repo.gc(Policy(optimizer_last=1), now=True, archive=False)
+    repo.configure("archive-after", "1")
+    assert anchors(repo.gc(now=True, archive=True).archived) == "--A"
+    assert forms(repo) == "naaaaaannE"
+    assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_clone_of_one_part(repo: Repo, tmp_path: Path, part: str) -> None:
+    repo.bundle("10..HEAD", tmp_path / "part.ckptz", only=part)
+    clone = Repo.clone(tmp_path / "part.ckptz", tmp_path / "clone")
+    for key, value in SETTINGS.items():
+        clone.configure(key, value)
+    assert clone.gc(now=True, archive=True).archived
+    assert not clone.verify().damage
+
+
 @pytest.mark.parametrize(
     "dtype", short([torch.bfloat16, torch.float16, torch.float64], [torch.bfloat16])
 )
@@ -348,9 +368,11 @@ def test_the_near_form_goes_when_the_grace_period_ends(
 
 def test_a_dry_run_says_what_will_be_freed(repo: Repo) -> None:
     names = sorted(str(path) for path in repo.folder.rglob("*.pack"))
-    plan = repo.plan_gc(archive=True)
+    policy = Policy(optimizer_last=2)
+    plan = repo.plan_gc(policy, archive=True)
     assert names == sorted(str(path) for path in repo.folder.rglob("*.pack"))
-    done = repo.gc(now=True, archive=True)
+    done = repo.gc(policy, now=True, archive=True)
+    assert [row.action for row in plan.decisions] == [row.action for row in done.decisions]
     assert [row.commit for row in plan.archived] == [row.commit for row in done.archived]
     assert plan.archived == done.archived
     assert plan.freed_bytes == pytest.approx(done.freed_bytes, rel=0.05)
@@ -410,11 +432,16 @@ def test_archived_commits_travel_in_a_bundle_file(repo: Repo, tmp_path: Path) ->
     assert not clone.verify().damage
 
 
+@pytest.fixture
+def other(template: Path, tmp_path: Path) -> Repo:
+    """A second copy of the repository."""
+    shutil.copytree(template, tmp_path / "other")
+    return Repo.open(tmp_path / "other")
+
+
 def test_fetching_archived_commits_does_not_replace_a_better_form(
-    repo: Repo, tmp_path: Path
+    repo: Repo, other: Repo, tmp_path: Path
 ) -> None:
-    shutil.copytree(repo.folder.parent, tmp_path / "other")
-    other = Repo.open(tmp_path / "other")
     before = {step: other.checkout(step) for step in (30, 40)}
     repo.gc(now=True, archive=True)
     repo.bundle("10..HEAD", tmp_path / "all.ckptz")
@@ -426,10 +453,8 @@ def test_fetching_archived_commits_does_not_replace_a_better_form(
 
 
 def test_fetch_brings_archived_commits_to_where_they_were_dropped(
-    repo: Repo, tmp_path: Path
+    repo: Repo, other: Repo, tmp_path: Path
 ) -> None:
-    shutil.copytree(repo.folder.parent, tmp_path / "other")
-    other = Repo.open(tmp_path / "other")
     other.drop(30, 60, now=True)
     repo.gc(now=True, archive=True)
     repo.bundle("10..HEAD", tmp_path / "all.ckptz")
@@ -479,6 +504,18 @@ def test_import_archives_from_the_exact_form(repo: Repo, folder: Path, states: l
     assert errors[True] < errors[False]
     assert direct.stats().patch_bytes == pytest.approx(repo.stats().patch_bytes, rel=0.01)
     assert not direct.verify().damage
+
+
+def test_import_leaves_what_was_committed_before(folder: Path, states: list[State]) -> None:
+    repo = Repo.init(folder.parent / "direct")
+    for key, value in SETTINGS.items():
+        repo.configure(key, value)
+    importer = repo.import_folder(folder)
+    importer.run(lambda _: None, lambda _: None)
+    before = {entry.id: repo.checkout(entry.id) for entry in repo.log()}
+    assert forms(imported(folder)) == "nnnnnnnnnE"
+    for name, state in before.items():
+        assert same(repo.checkout(name), state)
 
 
 def test_import_deletes_originals_once_they_are_archived(folder: Path) -> None:
